@@ -1,0 +1,1 @@
+"""What `ambient authz` computes: what policies mean for connections, without a connection being made."""
