@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -157,10 +158,12 @@ class Machine:
 
 
 @pytest.fixture
-def machine(tmp_path: Path) -> Iterator[Machine]:
-    machine = Machine(tmp_path)
-    machine.start()
-    try:
-        yield machine
-    finally:
-        machine.stop()
+def machine() -> Iterator[Machine]:
+    # not tmp_path: its name grows with the test's name and the runs before this one, a socket's name may not
+    with tempfile.TemporaryDirectory(prefix="machine-", dir="/tmp") as home:
+        machine = Machine(Path(home))
+        machine.start()
+        try:
+            yield machine
+        finally:
+            machine.stop()
